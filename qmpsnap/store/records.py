@@ -88,6 +88,11 @@ class Records:
                     files.replace_durably(path.with_name(name), content)
             files.replace_durably(path, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
 
+    def tidy(self, machine: str) -> None:
+        """Remove an unfinished record, which a write that failed could not remove, and which no other is to replace."""
+        with contextlib.suppress(OSError):
+            Path(f"{self._path(machine)}.part").unlink(missing_ok=True)
+
     def read(self, machine: str) -> Record | None:
         """A machine's record; None where there is none, or nothing that is one.
 

@@ -83,7 +83,9 @@ class RecordTable:
     def keep(self, machine: str) -> None:
         """The same, unless it is current; nothing for a machine that is not defined yet."""
         with contextlib.suppress(NotFoundError):
-            if not self.is_current(machine):
+            if self.is_current(machine):
+                self._files.tidy(machine)
+            else:
                 self.write(machine)
 
     def keep_for(self, operation: OperationId) -> None:
