@@ -71,11 +71,7 @@ def durable_size(layer: Layer) -> int:
     if layer.storage == "rbd":
         return header.read(layer.path).virtual_size
     with _opened(layer) as descriptor:
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            raise HostCannot(f"{printable(layer.shown)} cannot be synced: {error.strerror}") from error
-        return _header(descriptor, layer).virtual_size
+        return _synced(descriptor, layer).virtual_size
 
 
 @contextmanager
@@ -91,9 +87,16 @@ def _opened(layer: Layer) -> Iterator[int]:
 
 def _backing_of(descriptor: int, layer: Layer) -> tuple[str | None, str | None]:
     """What the header says, once that is on the disk."""
-    os.fsync(descriptor)
-    found = _header(descriptor, layer)
+    found = _synced(descriptor, layer)
     return found.backing, found.backing_format
+
+
+def _synced(descriptor: int, layer: Layer) -> Header:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise HostCannot(f"{printable(layer.shown)} cannot be synced: {error.strerror}") from error
+    return _header(descriptor, layer)
 
 
 def _header(descriptor: int, layer: Layer) -> Header:

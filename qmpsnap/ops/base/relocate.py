@@ -17,9 +17,10 @@ from msgspec.structs import replace
 from qmpsnap.block.image import header
 from qmpsnap.block.image.backing import set_backing
 from qmpsnap.block.image.qcow2 import Header
-from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.errors import HostCannot, ImageRefused, StateError, StoreMismatch
 from qmpsnap.hint import call
 from qmpsnap.host.files import same_file
+from qmpsnap.host.system_errors import translated
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
 from qmpsnap.machine.starting import alive
@@ -139,9 +140,13 @@ async def _locked_go_on(context: Context, locks: contextlib.ExitStack) -> None:
 async def _end(context: Context, relocation: Relocation) -> None:
     try:
         await _carry_out(context, relocation)
-    except QmpsnapError as error:
-        error.claim("unknown")  # it was begun, and the next command goes on
-        raise
+    except Exception as error:
+        if (told := translated(error)) is None:
+            raise
+        told.claim("unknown")  # it was begun, and the next command goes on
+        if told is error:
+            raise
+        raise told from error
 
 
 async def _carry_out(context: Context, relocation: Relocation) -> None:
