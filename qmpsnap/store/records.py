@@ -89,9 +89,11 @@ class Records:
             files.replace_durably(path, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
 
     def tidy(self, machine: str) -> None:
-        """Remove an unfinished record, which a write that failed could not remove, and which no other is to replace."""
+        """Remove what a write that failed has left unfinished and could not remove, where none is to replace it."""
+        path = self._path(machine)
         with contextlib.suppress(OSError):
-            Path(f"{self._path(machine)}.part").unlink(missing_ok=True)
+            for name in (*ACTIVE, RECORD):
+                path.with_name(f"{name}.part").unlink(missing_ok=True)
 
     def read(self, machine: str) -> Record | None:
         """A machine's record; None where there is none, or nothing that is one.
@@ -144,6 +146,7 @@ class Records:
         path = self._path(machine)
         with _translated(path.parent), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self.forget_earlier(machine)
+            self.tidy(machine)
             for name in (*ACTIVE, RECORD):
                 path.with_name(name).unlink(missing_ok=True)
             sync_folder(path.parent)

@@ -206,6 +206,17 @@ def test_one_that_says_nothing_is_written_again(path: Path, junk: bytes) -> None
         assert store.records.is_current("web")
 
 
+@pytest.mark.parametrize("name", ["record.json", "active.env", "active.json"])
+def test_what_a_write_has_left_unfinished_goes_although_the_record_is_current(path: Path, name: str) -> None:
+    with at(path) as store:
+        defined(store, "web", layer("vda-1"))
+        part = MACHINES / "web" / f"{name}.part"
+        part.write_bytes(b"{")
+        assert store.records.is_current("web")
+        store.records.keep("web")
+        assert not part.exists()
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a link"])
 def test_what_is_no_file_is_replaced(path: Path, make: Callable[[Path], object]) -> None:
     with at(path) as store:
