@@ -12,6 +12,7 @@ import pytest
 import qmpsnap
 from qmpsnap.errors import QmpsnapError, StateError
 from qmpsnap.machine.config import firmware_files
+from qmpsnap.machine.starting.run_files import CONSOLE_LOG
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.lifecycle import bundle as bundles
 from qmpsnap.ops.rebuild import rebuild
@@ -85,6 +86,17 @@ def emulators(home: Path) -> list[psutil.Process]:
     return found
 
 
+async def begin(vm: qmpsnap.MachineHandle) -> bytes:
+    """Start it, and wait until the firmware, which uses the TPM first, looks for something to boot; its state then."""
+    log = context_of(vm).home.log_dir(vm.name) / CONSOLE_LOG
+    before = log.stat().st_size if log.exists() else 0
+    await vm.start()
+    with anyio.fail_after(120):
+        while b"BdsDxe" not in log.read_bytes()[before:]:
+            await anyio.sleep(0.1)
+    return mark(vm)
+
+
 async def gone(home: Path) -> None:
     with anyio.fail_after(20):
         while emulators(home):
@@ -152,8 +164,7 @@ async def test_a_copy_that_is_gone_is_found(q: qmpsnap.Controller) -> None:
 
 async def test_memory_brings_its_own_along(q: qmpsnap.Controller, home: Path) -> None:
     vm = await q.define(SPEC)
-    await vm.start()
-    first = mark(vm)
+    first = await begin(vm)
     await vm.snapshot("all", kind="full")
     await vm.snapshot("inside", kind="internal")
     await vm.stop(force=True)
@@ -263,10 +274,9 @@ async def test_it_is_the_user_s_of_its_qemu(as_nobody: Path) -> None:
     async with qmpsnap.open() as q:
         vm = await q.define(SPEC)
         await vm.snapshot("fresh")
-        await vm.start()
+        first = await begin(vm)
         (emulator,) = emulators(as_nobody)
         assert emulator.username() == USER
-        first = mark(vm)
         await vm.snapshot("s", kind="full")
         await vm.stop(force=True)
         await vm.revert("fresh", discard=True)
