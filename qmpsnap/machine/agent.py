@@ -324,17 +324,20 @@ async def connect(
     """
     begun = anyio.current_time()
     async with AsyncExitStack() as stack:
-        agent = None
-        if kept := parked.taken(path):
-            agent = Agent(await stack.enter_async_context(await UNIXSocketStream.from_socket(kept)), machine)
-            try:
-                await _synchronise(agent, port, begun=begun, deadline=deadline)
-            except QemuGone:  # this one has ended, and there may be another
-                agent = None
-        if agent is None:
-            endpoint = await _dialled(path, machine=machine, deadline=deadline)
+
+        async def synchronised(endpoint: socket.socket) -> Agent:
             agent = Agent(await stack.enter_async_context(await UNIXSocketStream.from_socket(endpoint)), machine)
-            await _synchronise(agent, port, begun=begun, deadline=deadline)
+            if port is None or not await _answers_at_once(agent, port, begun=begun, deadline=deadline):
+                await agent.synchronise(deadline=max(_PORT, begun + deadline - anyio.current_time()))
+            return agent
+
+        kept = parked.taken(path)
+        try:
+            agent = await synchronised(kept or await _dialled(path, machine=machine, deadline=deadline))
+        except QemuGone:
+            if not kept:
+                raise
+            agent = await synchronised(await _dialled(path, machine=machine, deadline=deadline))  # it had ended
         yield agent
         if keep:
             parked.keep(path, agent.channel.dup(), keep)
@@ -356,11 +359,6 @@ async def _dialled(path: Path, *, machine: str, deadline: float) -> socket.socke
             hint="the spec needs 'agent: true'; " + call("state", machine) + " shows the state",
             machine=machine,
         ) from error
-
-
-async def _synchronise(agent: Agent, port: Port | None, *, begun: float, deadline: float) -> None:
-    if port is None or not await _answers_at_once(agent, port, begun=begun, deadline=deadline):
-        await agent.synchronise(deadline=max(_PORT, begun + deadline - anyio.current_time()))
 
 
 async def _answers_at_once(agent: Agent, port: Port, *, begun: float, deadline: float) -> bool:

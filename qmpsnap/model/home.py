@@ -13,6 +13,8 @@ RECORD = places.RECORD
 ACTIVE = places.ACTIVE
 VARIABLES = "vars.fd"
 """A machine's own UEFI variable store."""
+TPM = "tpm"
+"""Beside it: the folder of the machine's TPM."""
 WITH_TPM = "+tpm"
 """How the name of a copy of it ends, without its suffix, where the state of the machine's TPM is beside it."""
 
@@ -98,6 +100,10 @@ class Home(Struct, frozen=True, kw_only=True):
     def variables(self, machine: str) -> Path:
         """The machine's own UEFI variable store, where it has one."""
         return self.machine_dir(machine) / VARIABLES
+
+    def tpm(self, machine: str) -> Path:
+        """The folder in which the emulator of the machine's TPM works."""
+        return self.machine_dir(machine) / TPM
 
     def variables_copy(self, machine: str, operation: OperationId, *, tpm: bool) -> Path:
         """Where that operation copies the UEFI variable store to; with the state of a TPM beside it."""

@@ -21,12 +21,13 @@ def keep(path: Path, endpoint: socket.socket, seconds: float | None) -> None:
 
     None keeps it until it is taken or let go.
     """
-    let_go(path)
     found = _Parked(endpoint.detach(), None)
     if seconds is not None:
         found = found._replace(timer=threading.Timer(seconds, lambda: _end(path, found)))
     with _lock:
-        _parked[path] = found
+        before, _parked[path] = _parked.get(path), found
+    if before:
+        _opened(before).close()
     if found.timer:
         found.timer.daemon = True
         found.timer.start()
@@ -36,17 +37,19 @@ def taken(path: Path) -> socket.socket | None:
     """The connection that is kept, for the caller alone from now on."""
     with _lock:
         found = _parked.pop(path, None)
-    if found is None:
-        return None
-    if found.timer:
-        found.timer.cancel()
-    return socket.socket(fileno=found.descriptor)
+    return _opened(found) if found else None
 
 
 def let_go(path: Path) -> None:
     """Close the connection, if one is kept."""
     if endpoint := taken(path):
         endpoint.close()
+
+
+def _opened(found: _Parked) -> socket.socket:
+    if found.timer:
+        found.timer.cancel()
+    return socket.socket(fileno=found.descriptor)
 
 
 def _end(path: Path, found: _Parked) -> None:

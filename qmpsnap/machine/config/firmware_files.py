@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Final
 
 from qmpsnap.errors import HostCannot, StateError
-from qmpsnap.host.files import opened_folder, replace_durably, sync_folder
-from qmpsnap.model.home import VARIABLES, WITH_TPM
+from qmpsnap.host.files import make_folder, opened_folder, replace_durably, sync_folder
+from qmpsnap.model.home import TPM, VARIABLES, WITH_TPM
 
-FOLDER: Final = "tpm"
-"""Beside a machine's own variable store: where its TPM works."""
 STATE: Final = "tpm2-00.permall"
 """What swtpm writes there whenever the TPM's state changes: another file, renamed over this one."""
 PID: Final = "pid"
+"""In which it writes its process."""
 _OTHERS: Final = (PID, "tpm2-00.volatilestate", "tpm2-00.savestate", "TMP2-00.permall", ".lock", f"{STATE}.part")
 """What else it may leave, of no use to the next one."""
 NOTICES: Final = 1.0
@@ -31,16 +30,11 @@ ENDING: Final = 10.0
 _LOOK: Final = 0.01
 
 
-def tpm_folder(variables: str | Path) -> Path:
-    """The folder of a machine's TPM, by the path of its own variable store."""
-    return Path(variables).parent / FOLDER
-
-
 def tpm_state(variables: str | Path) -> Path | None:
     """Where the TPM's state is; None for a copy of the variables that has none beside it."""
     path = Path(variables)
     if path.name == VARIABLES:
-        return tpm_folder(path) / STATE
+        return path.parent / TPM / STATE
     return path.with_suffix(".tpm") if path.stem.endswith(WITH_TPM) else None
 
 
@@ -92,9 +86,8 @@ def forget_variables(path: str) -> None:
             Path(each).unlink(missing_ok=True)
 
 
-def remove_tpm(variables: Path) -> None:
+def remove_tpm(folder: Path) -> None:
     """Remove a machine's TPM, unless somebody has put other files into its folder."""
-    folder = tpm_folder(variables)
     if folder.is_dir() and not folder.is_symlink():
         end_left(folder)
         _clear(folder, STATE, *_OTHERS)
@@ -134,6 +127,13 @@ def tpm_runs(folder: Path) -> bool:
         return False
 
 
+def end_left(folder: Path) -> None:
+    """End an emulator whose QEMU has ended, or was never there; raises ``StateError`` as :func:`tpm_held`."""
+    if tpm_runs(folder):
+        with tpm_held(folder):
+            pass
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove what an earlier emulator has left besides the state."""
     _clear(folder, *_OTHERS)
@@ -154,7 +154,7 @@ def _copy_state(source: str, target: str) -> None:
     if Path(target).name != VARIABLES:
         replace_durably(to, _state(source))
         return
-    to.parent.mkdir(mode=0o700, exist_ok=True)
+    make_folder(to.parent)
     state = there.read_bytes()
     with tpm_held(to.parent):  # or its last write would come after ours
         clear_leftovers(to.parent)
@@ -163,13 +163,6 @@ def _copy_state(source: str, target: str) -> None:
         else:
             to.unlink(missing_ok=True)
             sync_folder(to.parent)
-
-
-def end_left(folder: Path) -> None:
-    """End an emulator whose QEMU has ended, or was never there; raises ``StateError`` as :func:`tpm_held`."""
-    if tpm_runs(folder):
-        with tpm_held(folder):
-            pass
 
 
 def _kill(folder: Path) -> None:

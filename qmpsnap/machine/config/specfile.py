@@ -297,8 +297,8 @@ def _require_agreement(document: Document, spec: MachineShape) -> None:
         document.refuse(at("initrd", "append"), "'initrd' and 'append' need a 'kernel'")
     if spec.accel == "tcg" and spec.cpu.split(",")[0] == "host":
         document.refuse(at("cpu"), "cpu 'host' needs KVM", "leave 'cpu' out, or set 'accel: kvm'")
-    if spec.firmware != "uefi" and (spec.uefi_code or spec.uefi_variables or spec.tpm):
-        key = "tpm" if spec.tpm else "uefi-code" if spec.uefi_code else "uefi-variables"
+    bound = {"tpm": spec.tpm, "uefi-code": spec.uefi_code, "uefi-variables": spec.uefi_variables}
+    if spec.firmware != "uefi" and (key := next((key for key, value in bound.items() if value), None)):
         document.refuse(at(key), f"{key!r} needs 'firmware: uefi'")
     if spec.machine != "microvm":
         return

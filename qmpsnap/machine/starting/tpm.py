@@ -32,14 +32,14 @@ class Emulator(Struct, frozen=True):
 
 
 @asynccontextmanager
-async def emulated(variables: Path | None, *, machine: str, rights: Privileges) -> AsyncIterator[Emulator | None]:
-    """A TPM for a QEMU that inherits its connection, with the state beside the machine's variable store; None: no TPM.
+async def emulated(folder: Path | None, *, machine: str, rights: Privileges) -> AsyncIterator[Emulator | None]:
+    """A TPM for a QEMU that inherits its connection, whose state is in the folder; None: no TPM.
 
     Raises:
         HostCannot: there is no swtpm, or it does not start, as on a damaged state.
         StateError: that of the machine's last QEMU has not ended.
     """
-    if variables is None:
+    if folder is None:
         yield None
         return
     program = shutil.which(PROGRAM)
@@ -52,7 +52,7 @@ async def emulated(variables: Path | None, *, machine: str, rights: Privileges) 
     ours, its = socket.socketpair()
     with ours:
         with its:
-            pid = await to_end(_begin, program, firmware_files.tpm_folder(variables), its.fileno(), machine, rights)
+            pid = await to_end(_begin, program, folder, its.fileno(), machine, rights)
         yield Emulator(connection=ours.fileno(), pid=pid)
 
 

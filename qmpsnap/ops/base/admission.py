@@ -74,7 +74,7 @@ def _admit_all(context: Context, machine: Machine, chains: Sequence[Chain], firm
         privileges.admit(firmware.vars, user.uid, READ_WRITE)
         files += [firmware.vars, firmware.code]
         if machine.spec.tpm:
-            _admit_tpm(firmware.vars, user.uid)
+            _admit_tpm(home.tpm(machine.name), user.uid)
     files += [path for path in (machine.spec.kernel, machine.spec.initrd, machine.spec.cdrom) if path]
     folders = [str(home.run_dir(machine.name)), str(home.log_dir(machine.name))]  # QEMU asks for their whole path
     for folder in _folders([*files, *folders], (home.data, home.cache, home.run)):
@@ -84,9 +84,8 @@ def _admit_all(context: Context, machine: Machine, chains: Sequence[Chain], firm
         privileges.require_access(user, path, machine=machine.name, write=path in writable)
 
 
-def _admit_tpm(variables: str, user: int) -> None:
+def _admit_tpm(folder: Path, user: int) -> None:
     """The emulator of a TPM runs as the same user, makes files in its folder, and takes no state but its own."""
-    folder = firmware_files.tpm_folder(variables)
     make_folder(folder)
     privileges.admit(folder, user, READ_WRITE | acl.ENTER)
     if (state := folder / firmware_files.STATE).exists():

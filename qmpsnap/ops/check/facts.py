@@ -236,7 +236,6 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
     if any(job.type == "stream" and job.status == "concluded" for job in jobs):
         raise StateError("a concluded stream job is not dismissed: QEMU 7.2 would crash when asked for its nodes")
     nodes = await commands.query_nodes(qemu)
-    tpm = firmware_files.tpm_folder(context.home.variables(at.machine.name))
     return Asked(
         status=status.status,
         nodes=nodes,
@@ -247,7 +246,7 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
         beside=await graph.beside(qemu, await graph.read(qemu), at.chains),
         devices=await other_devices.look(at.machine, qemu),
         frozen=await freeze_state(context, at.machine) if listening and status.running else None,
-        tpm=not at.machine.spec.tpm or await to_read(firmware_files.tpm_runs, tpm),
+        tpm=not at.machine.spec.tpm or await to_read(firmware_files.tpm_runs, context.home.tpm(at.machine.name)),
     )
 
 
@@ -279,8 +278,13 @@ def _files(context: Context, at: Record) -> Facts:
     if at.machine.spec.firmware == "uefi" and not at.machine.adopted:
         wanted.add(str(home.variables(name)))
     images = [layer.path for layer in layers if Path(layer.path).parent != home.machine_dir(name)]
-    tpm = str(firmware_files.tpm_folder(home.variables(name)))
-    ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted, tpm, str(home.record(name))]
+    ours = [
+        *(layer.path for layer in layers if layer.owned),
+        *states,
+        *wanted,
+        str(home.tpm(name)),
+        str(home.record(name)),
+    ]
     if at.machine.adopted:
         ours += map(str, home.active(name))
         if at.machine.own.spec.firmware == "uefi":  # a death has left it, as its owner's QEMU had ended

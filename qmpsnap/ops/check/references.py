@@ -31,7 +31,7 @@ def by_store(store: Store, home: Home) -> frozenset[str]:
         names.update(_paths(machine))
         if machine.own.spec.firmware == "uefi":
             names.add(str(home.variables(machine.name)))
-            names.add(str(firmware_files.tpm_folder(home.variables(machine.name))))
+            names.add(str(home.tpm(machine.name)))
         for snapshot in store.snapshots(machine.name):
             names.update(_paths(snapshot))
         for operation in store.operations(machine.name, only_open=True):

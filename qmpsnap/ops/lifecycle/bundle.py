@@ -21,7 +21,7 @@ from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import bundle
 from qmpsnap.machine.bundle import Source, Unpacked
 from qmpsnap.machine.config import firmware_files
-from qmpsnap.model.home import Home
+from qmpsnap.model.home import TPM, Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine
@@ -82,10 +82,9 @@ async def export(context: Context, name: str, target: Path) -> int:
             for copy in firmware_files.copies(snapshot.variables) if snapshot.variables else ():
                 named[copy] = Source(copy)
         if record.machine.spec.firmware == "uefi":
-            own = context.home.variables(name)
-            named[""] = Source(str(own))
-            if (state := firmware_files.tpm_folder(own) / firmware_files.STATE).exists():
-                named[firmware_files.FOLDER] = Source(str(state))
+            named[""] = Source(str(context.home.variables(name)))
+            if (state := context.home.tpm(name) / firmware_files.STATE).exists():
+                named[TPM] = Source(str(state))
         await to_read(_require_files, record, name)
         await other_programs.require_free([layer.path for layer in record.layers], machine=name)
         contents = msgspec.json.encode(Contents(record=record, files=tuple(named)))
@@ -237,8 +236,8 @@ def plan(machine: Machine, old: Record, staged: dict[str, str], at: PlanInputs, 
     ]
     if "" in staged:
         placed("", at.home.variables(machine.name))
-    if firmware_files.FOLDER in staged:
-        placed(firmware_files.FOLDER, firmware_files.tpm_folder(at.home.variables(machine.name)) / firmware_files.STATE)
+    if TPM in staged:
+        placed(TPM, at.home.tpm(machine.name) / firmware_files.STATE)
     return DefinePlan(
         machine=machine.name,
         images=(),

@@ -80,14 +80,14 @@ async def bring_up(
     choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache, user=context.run_as)
     abilities = await _abilities(context, machine)
     await to_read(lambda: host_fit.require(machine.spec, abilities, runs=choice.accel, user=context.run_as))
-    variables = context.home.variables(machine.name)
     firmware = None
     if machine.spec.firmware == "uefi":
-        firmware = argv.Firmware(code=code_of(machine.spec), vars=str(variables))
+        variables = str(context.home.variables(machine.name))
+        firmware = argv.Firmware(code=code_of(machine.spec), vars=variables)
     await blocking(logs.prepare, context.home.log_dir(machine.name))
     await admission.all_files(context, machine, chains, firmware)
-    wanted = variables if machine.spec.tpm else None
-    async with tpm.emulated(wanted, machine=machine.name, rights=Privileges.bare(context.run_as)) as emulator:
+    folder = context.home.tpm(machine.name) if machine.spec.tpm else None
+    async with tpm.emulated(folder, machine=machine.name, rights=Privileges.bare(context.run_as)) as emulator:
         process = await _launched(
             context,
             machine,

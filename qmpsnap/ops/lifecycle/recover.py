@@ -105,6 +105,6 @@ def remove_folder(home: Home, machine: str, *, variables: bool = True) -> None:
         return  # what it leads to is not ours
     if variables:
         home.variables(machine).unlink(missing_ok=True)
-        remove_tpm(home.variables(machine))
+        remove_tpm(home.tpm(machine))
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

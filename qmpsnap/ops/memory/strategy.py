@@ -12,7 +12,7 @@ from qmpsnap.errors import QmpError, StateError, UsageError
 from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
-from qmpsnap.machine.config.firmware_files import tpm_folder, tpm_runs
+from qmpsnap.machine.config.firmware_files import tpm_runs
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Snapshot
@@ -156,7 +156,7 @@ async def require_saveable(home: Home, machine: Machine, qemu: Monitor, chains: 
     TPM whose emulator has ended.
     """
     await requests.require_told(machine, qemu, doing="save its memory", hint=hint)
-    if machine.spec.tpm and not await to_read(tpm_runs, tpm_folder(home.variables(machine.name))):
+    if machine.spec.tpm and not await to_read(tpm_runs, home.tpm(machine.name)):
         raise StateError(
             f"the TPM of machine {machine.name} cannot be saved: its emulator, swtpm, has ended",
             hint="start it anew: " + call("stop", machine.name) + ", " + call("start", machine.name) + "; or " + hint,

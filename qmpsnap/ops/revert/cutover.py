@@ -7,12 +7,16 @@
 from pathlib import Path
 
 from qmpsnap.block.image import header
-from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
+from qmpsnap.hint import option
 from qmpsnap.host.files import Identified
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.config import firmware_files
 from qmpsnap.machine.config.firmware_files import copy_variables, copy_variables_once, forget_variables
 from qmpsnap.machine.qemu import require_ended
+from qmpsnap.model.home import Home
+from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Operation, RevertPlan
@@ -84,3 +88,23 @@ def nothing_written(plan: RevertPlan, variables: str | None) -> bool:
 def _reads_like(path: str, copies: tuple[str, ...]) -> bool:
     content = firmware_files.content(path)
     return any(firmware_files.content(copy) == content for copy in copies if Path(copy).is_file())
+
+
+def require_variables(home: Home, planned: RevertPlan) -> None:
+    """Make sure that the variable store is there, where it is to be kept."""
+    if planned.keeps and not (path := home.variables(planned.machine)).is_file():
+        raise StoreMismatch(
+            f"{path}, the variable store of machine {planned.machine}, does not exist",
+            hint="put a copy of it back, or do not keep the present state: " + option("discard"),
+            machine=planned.machine,
+        )
+
+
+def require_kept(machine: Machine, snapshot: Snapshot) -> None:
+    """Make sure that the copy of the variable store is there before anything is ended for it."""
+    if gone := firmware_files.missing(snapshot.variables):
+        raise StoreMismatch(
+            f"{gone[0]}, which snapshot {snapshot.name} has of the guest's firmware, does not exist",
+            hint="put a copy of it back",
+            machine=machine.name,
+        )

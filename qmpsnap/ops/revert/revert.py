@@ -15,11 +15,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block.image import internal_snapshots
-from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StoreMismatch
-from qmpsnap.hint import call, option
+from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError
+from qmpsnap.hint import call
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
-from qmpsnap.machine.config import firmware_files
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Outside, Snapshot
@@ -40,7 +39,7 @@ from qmpsnap.ops.lifecycle import power
 from qmpsnap.ops.memory import post_resume
 from qmpsnap.ops.memory.load import Loading, require_same_hardware
 from qmpsnap.ops.revert import in_place
-from qmpsnap.ops.revert.cutover import nothing_written, switch
+from qmpsnap.ops.revert.cutover import nothing_written, require_kept, require_variables, switch
 from qmpsnap.ops.revert.plan import RevertRequest, Storage, changed_spec, left_out, merge_pairs, plan, points, target_of
 from qmpsnap.ops.session import planning_state, quiesce, recovery
 from qmpsnap.ops.session.session import begin, inputs, looking, working
@@ -238,7 +237,7 @@ async def _require_possible(session: MachineSession, request: RevertRequest) -> 
     await _examine(session, at, target, request)
     now, folder = await inputs(session, at.basis), str(session.context.home.machine_dir(session.machine.name))
     planned = plan(now, at, request, await _storage(session.machine, at, target, request))
-    _require_variables(session.context.home, planned)
+    require_variables(session.context.home, planned)
     busy = in_place.inner(target, {disk: chain.active.id for disk, chain in at.live.items()})
     chains = [at.live[disk] for disk in busy]
     tops = [Overlay(disk=one.disk, layer=overlay_on(one, now.serial, folder), backing=one.active) for one in chains]
@@ -262,7 +261,7 @@ async def _examine(session: MachineSession, at: Situation, target: Snapshot, req
     await require_same_hardware(session.context, machine, target)
     there = points(at, target, machine.spec)
     await to_read(power.require_files, session.machine, there)
-    await to_read(_require_kept, session.machine, target)
+    await to_read(require_kept, session.machine, target)
     stay = [chain for disk, chain in at.live.items() if machine.spec.disk(disk)]
     new = [chain for chain in there if chain.disk not in at.live]
     await luks.require(session.context, session.machine, [*stay, *new])
@@ -308,7 +307,7 @@ async def _open(
         files = [one.layer.path for one in planned.new if one.layer.storage == "file"]
         require_free([*files, *([planned.keeps] if planned.keeps else [])])
         volumes.require_free(planned.clones, there)
-        _require_variables(session.context.home, planned)
+        require_variables(session.context.home, planned)
         _require_space(session.context, session.machine, planned)
         return planned
 
@@ -325,7 +324,8 @@ async def _storage(machine: Machine, at: Situation, target: Snapshot, request: R
 
 
 def _require_space(context: Context, machine: Machine, planned: RevertPlan, also: Iterable[Need] = ()) -> None:
-    free_space.require([*_needs(machine, planned, context.home), *also], machine=machine.name, hint="free some space")
+    needs = [*_needs(machine, planned, context.home), *also]
+    free_space.require(needs, machine=machine.name, hint="free some space there")
 
 
 def _needs(machine: Machine, planned: RevertPlan, home: Home) -> list[Need]:
@@ -378,23 +378,3 @@ async def _outcome(context: Context, operation: Operation[RevertPlan]) -> Revert
         state=await _said(context.monitor(await context.astore.machine(planned.machine))),
         memory=planned.vmstate is not None or planned.inside is not None,
     )
-
-
-def _require_variables(home: Home, planned: RevertPlan) -> None:
-    """Make sure that the variable store is there, where it is to be kept."""
-    if planned.keeps and not (path := home.variables(planned.machine)).is_file():
-        raise StoreMismatch(
-            f"{path}, the variable store of machine {planned.machine}, does not exist",
-            hint="put a copy of it back, or do not keep the present state: " + option("discard"),
-            machine=planned.machine,
-        )
-
-
-def _require_kept(machine: Machine, snapshot: Snapshot) -> None:
-    """Make sure that the copy of the variable store is there before anything is ended for it."""
-    for path in firmware_files.missing(snapshot.variables):
-        raise StoreMismatch(
-            f"{path}, which snapshot {snapshot.name} has of the guest's firmware, does not exist",
-            hint="put a copy of it back",
-            machine=machine.name,
-        )

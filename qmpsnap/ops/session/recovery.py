@@ -121,15 +121,15 @@ def helper_left(context: Context, machine: Machine) -> bool:
     """Whether a worker runs, or the emulator of a TPM whose QEMU has ended or was never there."""
     if worker.find(machine, context.home.run_dir(machine.name)):
         return True
-    folder = firmware_files.tpm_folder(context.home.variables(machine.name))
-    return machine.spec.tpm and context.process(machine) is None and firmware_files.tpm_runs(folder)
+    emulated = machine.spec.tpm and context.process(machine) is None
+    return emulated and firmware_files.tpm_runs(context.home.tpm(machine.name))
 
 
 async def end_helpers(context: Context, machine: Machine) -> None:
     """End what :func:`helper_left` finds."""
     await worker.end_leftover(machine, context.home.run_dir(machine.name))
     if machine.spec.tpm and context.process(machine) is None:
-        await to_end(firmware_files.end_left, firmware_files.tpm_folder(context.home.variables(machine.name)))
+        await to_end(firmware_files.end_left, context.home.tpm(machine.name))
 
 
 @asynccontextmanager
