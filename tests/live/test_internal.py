@@ -203,7 +203,7 @@ async def test_a_refused_revert_puts_nothing_on_top_or_says_so(
         active.rename(active.with_suffix(".mine"))
         active.write_bytes(active.with_suffix(".mine").read_bytes())
     else:
-        monkeypatch.setattr(revert, "_require_kept", partial(_refuse, iter([False, True])))
+        monkeypatch.setattr(revert, "require_kept", partial(_refuse, iter([False, True])))
     with pytest.raises(QmpsnapError, match=r"nothing was changed|created for it") as refused:
         await vm.revert("inside")
     monkeypatch.setattr(revert, "_needs", needs)
