@@ -35,7 +35,7 @@ from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory.load import hardware_now
 from qmpsnap.ops.memory.strategy import RESERVE_MORE, require_saveable, resident_bytes
 from qmpsnap.ops.outside import other_devices
-from qmpsnap.ops.session import quiesce, recovery
+from qmpsnap.ops.session import early_flush, quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.ops.session.session import begin, inputs, looking, require_agreement, working
 from qmpsnap.qmp import commands, human, jobs, transactions
@@ -254,6 +254,8 @@ async def _carry_out(
     planned = operation.plan
     if session.qemu and planned.by == "savevm":
         await tags.require_free_tag(session.qemu, planned.tag)
+    if session.qemu:
+        await early_flush.flush(planned.layers.values())
     await session.context.astore.mark(operation.id, "running", step=steps.STARTED)
     pause_ms = None
     if session.qemu:

@@ -30,7 +30,7 @@ from qmpsnap.ops.memory import save as memory
 from qmpsnap.ops.memory.strategy import choose
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest
-from qmpsnap.ops.session import file_nodes, quiesce, recovery
+from qmpsnap.ops.session import early_flush, file_nodes, quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.ops.session.session import begin, inputs, looking, require_agreement, working
 from qmpsnap.ops.snapshot import fold, nvram
@@ -287,6 +287,7 @@ async def _carry_out(at: _Attempt) -> Change:
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
         await at.guard_ready()
+        await early_flush.flush(overlay.backing for overlay in plan.overlays)
         await at.mark_opened(change.layers)
         async with at.freezer.frozen():
             before = time.monotonic()
@@ -333,6 +334,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
     async with memory.channel(qemu, how) as channel:
         await memory.shorten(at.session.context, machine, how)
         await at.guard_ready()
+        await early_flush.flush(overlay.backing for overlay in at.plan.overlays)
         await at.mark_opened(change.layers)  # and the guest may be paused by us
         try:
             async with at.freezer.frozen():
