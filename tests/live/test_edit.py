@@ -62,6 +62,13 @@ def test_what_is_edited_is_recorded(
     assert "100663296" in capsys.readouterr().out
 
 
+def test_a_change_is_worded_as_in_the_spec(
+    still: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = edit(monkeypatch, capsys, "$a agent: false", "--dry-run")
+    assert (code, "  agent: default -> false\n" in out) == (0, True), out
+
+
 def test_nothing_is_changed_without_a_change(
     still: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,8 @@ def lines_of(found: "Changed") -> list[str]:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()  # as a spec has it
     return "default" if value is None else output.printable(str(value))
 
 
