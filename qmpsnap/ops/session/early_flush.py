@@ -32,7 +32,7 @@ async def flush(layers: Iterable[Layer]) -> None:
 def _flush(paths: Iterable[str]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
-            image = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            image = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 os.fdatasync(image)
             finally:
