@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
@@ -85,6 +86,16 @@ async def test_an_image_that_cannot_be_flushed_is_left_to_qemu(
     await vm.snapshot("one")
     assert len(tried) == len(SPEC.disks)
     await hold_invariants(vm)
+
+
+async def test_a_disk_that_qemu_never_flushes_is_not_flushed_by_us(q: qmpsnap.Controller, order: list[str]) -> None:
+    vda, vdb = SPEC.disks
+    vm = await q.define(replace(SPEC, disks=(vda, replace(vdb, cache="unsafe"))))
+    await vm.start(paused=True)
+    active = [chain.active.path for chain in await vm.chains()]
+    order.clear()
+    await vm.snapshot("one")
+    assert [what for what in order if what in active] == active[:1]
 
 
 async def test_a_slow_flush_is_repeated_a_few_times_only(

@@ -255,7 +255,7 @@ async def _carry_out(
     if session.qemu and planned.by == "savevm":
         await tags.require_free_tag(session.qemu, planned.tag)
     if session.qemu:
-        await early_flush.flush(planned.layers.values())
+        await early_flush.flush(session.machine.spec, planned.layers)
     await session.context.astore.mark(operation.id, "running", step=steps.STARTED)
     pause_ms = None
     if session.qemu:

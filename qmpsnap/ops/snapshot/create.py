@@ -287,7 +287,7 @@ async def _carry_out(at: _Attempt) -> Change:
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
         await at.guard_ready()
-        await early_flush.flush(overlay.backing for overlay in plan.overlays)
+        await early_flush.flush(machine.spec, {overlay.disk: overlay.backing for overlay in plan.overlays})
         await at.mark_opened(change.layers)
         async with at.freezer.frozen():
             before = time.monotonic()
@@ -334,7 +334,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
     async with memory.channel(qemu, how) as channel:
         await memory.shorten(at.session.context, machine, how)
         await at.guard_ready()
-        await early_flush.flush(overlay.backing for overlay in at.plan.overlays)
+        await early_flush.flush(machine.spec, {overlay.disk: overlay.backing for overlay in at.plan.overlays})
         await at.mark_opened(change.layers)  # and the guest may be paused by us
         try:
             async with at.freezer.frozen():
