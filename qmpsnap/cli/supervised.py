@@ -87,13 +87,13 @@ def split() -> None:
         signal.signal(number, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
     if child == 0:
         signal.signal(signal.SIGINT, _Once(signal.default_int_handler))
+        _session.answer = answer
+        with contextlib.suppress(RuntimeError):  # no more threads: then it is only killed
+            # It inherits what is blocked, so that every signal is the first thread's, which can let it wait.
+            threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(told)
     os.close(life)
-    if child == 0:
-        _session.answer = answer
-        with contextlib.suppress(RuntimeError):  # no more threads: then it is only killed
-            threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
 
 
 def may_report() -> bool:
@@ -150,10 +150,12 @@ def by_asyncio() -> None:
     """In the child, before asyncio: let asyncio replace the handler of SIGINT, which it does with Python's own alone.
 
     asyncio's cancels the first task. An exception from amid its loop would cancel the monitor's tasks as well, and
-    nobody could end the job that QEMU is at.
+    nobody could end the job that QEMU is at; and one from amid what asyncio and anyio load and set up before would be
+    lost, or leave a loop without its end. So signals wait until :func:`once`.
     """
     handler = signal.getsignal(signal.SIGINT)
     if isinstance(handler, _Once) and not handler.heard:
+        signal.pthread_sigmask(signal.SIG_BLOCK, interrupting())
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -162,6 +164,7 @@ def once() -> None:
     handler = signal.getsignal(signal.SIGINT)
     if _session.answer >= 0 and callable(handler):
         signal.signal(signal.SIGINT, _Once(handler))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupting())
 
 
 def _end_with(life: int) -> None:

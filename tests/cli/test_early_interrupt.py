@@ -30,7 +30,13 @@ sys.meta_path.insert(0, At())
 run()
 """
 BEFORE = ("qmpsnap.cli.main", "qmpsnap.errors", "qmpsnap.cli.output")
-LATER = ("qmpsnap.cli.snapshot_verbs.snapshot", "qmpsnap.api.controller", "anyio", "qmpsnap.ops.snapshot.delete")
+LATER = (
+    "qmpsnap.cli.snapshot_verbs.snapshot",
+    "qmpsnap.api.controller",
+    "anyio",
+    "anyio._backends._asyncio",
+    "qmpsnap.ops.snapshot.delete",
+)
 """Modules that are loaded when the command is known, some of them while it works in a process of its own."""
 IN_THE_REPORT = ("-", "qmpsnap.cli.interrupted", "qmpsnap.cli.common", "sqlite3")
 
