@@ -24,8 +24,7 @@ async def flush(spec: MachineSpec, active: Mapping[str, Layer]) -> None:
     Raises ``StorageHangs`` if the storage does not answer.
     """
     unsafe = {disk.name for disk in spec.disks if disk.cache == "unsafe"}
-    # What is no absolute path is no file of this host.
-    paths = [layer.path for disk, layer in active.items() if disk not in unsafe and layer.path.startswith("/")]
+    paths = [layer.path for disk, layer in active.items() if disk not in unsafe and layer.storage != "rbd"]
     for _ in range(_TRIES):
         since = time.monotonic()
         await to_read(_flush, paths)

@@ -242,6 +242,12 @@ class _Attempt(Struct, frozen=True):
         """Make a step durable."""
         await self.session.context.astore.mark(self.operation.id, "running", step=step)
 
+    async def prepare(self) -> None:
+        """Do what takes time and can be done while the guest goes on."""
+        await self.guard_ready()
+        active = {overlay.disk: overlay.backing for overlay in self.plan.overlays}
+        await early_flush.flush(self.session.machine.spec, active)
+
     async def mark_opened(self, layers: Iterable[Layer]) -> None:
         """Make durable that QEMU may have acted, whatever we hear: recovery asks from here on, and rolls nothing back.
 
@@ -286,8 +292,7 @@ async def _carry_out(at: _Attempt) -> Change:
             await commands.blockdev_add(qemu, node_options(overlay, machine))
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
-        await at.guard_ready()
-        await early_flush.flush(machine.spec, {overlay.disk: overlay.backing for overlay in plan.overlays})
+        await at.prepare()
         await at.mark_opened(change.layers)
         async with at.freezer.frozen():
             before = time.monotonic()
@@ -333,8 +338,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
     machine = at.session.machine
     async with memory.channel(qemu, how) as channel:
         await memory.shorten(at.session.context, machine, how)
-        await at.guard_ready()
-        await early_flush.flush(machine.spec, {overlay.disk: overlay.backing for overlay in at.plan.overlays})
+        await at.prepare()
         await at.mark_opened(change.layers)  # and the guest may be paused by us
         try:
             async with at.freezer.frozen():
