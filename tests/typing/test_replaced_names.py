@@ -53,8 +53,9 @@ def _imported(module: ast.Module) -> dict[str, str]:
     names: dict[str, str] = {}
     for node in ast.walk(module):
         if isinstance(node, ast.Import):
-            names |= {name.asname: name.name for name in node.names if name.asname}
-            names |= {first: first for name in node.names if not name.asname for first in name.name.split(".")[:1]}
+            for name in node.names:
+                first = name.name.partition(".")[0]
+                names[name.asname or first] = name.name if name.asname else first
         elif isinstance(node, ast.ImportFrom):
             names |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
     return names
